@@ -141,8 +141,8 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
 _LARGEST_STEPS = 2**20  # denoising steps per block; a grid of this size still fits in memory
 
 
-# Fields that transformers has but does not check: it treats top_p=1.5 or num_return_sequences=0 as not given. To each
-# belongs its smallest or largest value, and its meaning.
+# Fields of transformers -> their smallest or largest value, and their meaning. transformers does not check these: it
+# treats top_p=1.5 or num_return_sequences=0 as not given.
 _COUNTS = {
     "max_new_tokens": (1, "a number of new tokens"),
     "min_new_tokens": (0, "a number of new tokens"),

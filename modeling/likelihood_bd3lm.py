@@ -253,7 +253,7 @@ def stratified_masks(
         if num_samples > 1:
             noise = noise._replace(block_noise=(sample + shift) / num_samples)
         masked, weights = mask_exact_numbers(noise, layout.block_ids, scored.maskable, SAMPLING_EPS, 1.0)
-        yield Corruption(masked, per_token(weights, layout.block_ids) / num_samples, None)
+        yield Corruption(masked, weights / num_samples, None)
 
 
 def _exact(

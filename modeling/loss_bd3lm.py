@@ -220,8 +220,7 @@ def corrupt(
     block_ids = torch.cat([layout.block_ids + sample * blocks for sample in range(num_noise_samples)], dim=1)
     maskable = scored.maskable.repeat(1, num_noise_samples)
     if config.masking == "exact_k":
-        masked, weights = mask_exact_numbers(noise, block_ids, maskable, low, high)
-        return Corruption(masked, per_token(weights, block_ids), None)
+        return Corruption(*mask_exact_numbers(noise, block_ids, maskable, low, high), None)
     level = noise_schedule(config.noise)(times(noise.block_noise, low, high))
     if config.resample and training and clips(low, high):
         valid, size = scored.valid.repeat(1, num_noise_samples), config.block_size

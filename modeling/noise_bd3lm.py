@@ -366,14 +366,14 @@ def mask_exact_numbers(
         maskable: bool `(batch, length)`.
 
     Returns:
-        bool `(batch, length)`, and the weights of the blocks `(batch, num_blocks)`.
+        bool `(batch, length)`, and the weight of each position's loss `(batch, length)`.
     """
     sizes = tokens_per_block(maskable, block_ids, noise.block_noise.shape[1])
     # On the whole interval the share is the uniform number itself, so that k is uniform on 1..n.
     share = times(noise.block_noise, low, high) if clips(low, high) else noise.block_noise
     count = torch.minimum((share * sizes).floor() + 1, sizes)
     weights = torch.ones_like(sizes) if low > 0.5 else sizes / count.clamp(min=1)
-    return random_subset(noise, count, block_ids, maskable), weights
+    return random_subset(noise, count, block_ids, maskable), per_token(weights, block_ids)
 
 
 def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor, num_blocks: int) -> torch.Tensor:
