@@ -31,9 +31,9 @@ class BlockGenerationConfig(GenerationConfig):
         self.check_fields(self)
 
     @classmethod
-    def from_model_config(cls, model_config: Any) -> "BlockGenerationConfig":
+    def from_model_config(cls, config: Any) -> "BlockGenerationConfig":
         # Not as transformers does, which marks such a config and on saving leaves out our fields.
-        return cls(**{name: getattr(model_config, name, None) for name in SPECIAL_TOKENS})
+        return cls(**{name: getattr(config, name, None) for name in SPECIAL_TOKENS})
 
 
 class BD3LMGenerationConfig(BlockGenerationConfig):
