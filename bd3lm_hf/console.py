@@ -80,7 +80,7 @@ def progress_bar(name: str, total: int, *, initial: int = 0, unit: str = "text",
     """
     from tqdm.auto import tqdm  # only where something is shown: it costs a tenth of a second
 
-    interval = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60, "delay": 60}
+    interval: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60, "delay": 60}
     return tqdm(total=total, initial=initial, desc=name, unit=unit, leave=False, disable=disable, **interval)
 
 
