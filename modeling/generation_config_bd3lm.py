@@ -172,6 +172,10 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
     for name, (highest, meaning) in _NUMBERS.items():
         if (value := getattr(config, name, None)) is not None:
             _check_number(name, value, highest, meaning, may_be_zero=name in _MAY_BE_ZERO)
+    # transformers would advise to run the code of another repository, which decodes autoregressively.
+    for name in ("penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
+        if (value := getattr(config, name, None)) is not None:
+            raise ValueError(f"{name}={value!r}: these models have only greedy search and sampling. Leave it out.")
     if config.do_sample not in (True, False, None):
         raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     for name in _IDS:

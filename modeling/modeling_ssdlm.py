@@ -175,8 +175,10 @@ class SSDLMForMaskedLM(OwnLossMixin, BlockGenerationMixin, SelfContainedMixin, P
             config.vocab_size = config.encoder_config.vocab_size = size
         return words
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare none: the encoder attends from the context to the noisy block, so nothing can be cached."""
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        # The encoder attends from the context to the noisy block, so nothing can be cached.
+        if (name := generation_config.cache_implementation) is not None:
+            raise ValueError(f"cache_implementation={name!r}: an SSD-LM has no cache. Leave it out.")
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         # The projection applies the nucleus.

@@ -481,6 +481,7 @@ def test_unknown_fields_of_a_config_are_refused_by_name(model):
     ("arguments", "message"),
     [
         ({"num_beams": 2}, "only supports .*BEAM_SEARCH"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha=0.5"),
         ({"max_new_tokenz": 3, "nucleus": 0.9}, "max_new_tokenz.*nucleus"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"cache_implementation": "paged"}, "continuous batching"),

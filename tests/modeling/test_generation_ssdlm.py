@@ -323,6 +323,7 @@ def test_meaningless_fields_are_refused(model, fields, message):
     [
         ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
         ({"past_key_values": DynamicCache()}, "past_key_values"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"noisy_logits": torch.zeros(2, 4, 48)}, "generation does not take noisy_logits"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
         ({"input_ids": torch.tensor([[3, 48]])}, "the prompt contains the id 48, outside the vocabulary of 48"),
