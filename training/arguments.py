@@ -329,7 +329,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")
         # transformers would only fail after the data is prepared. It does not check whether flyte is installed.
         installed = get_available_reporting_integrations()
-        if missing := set(self.report_to) - {*installed, "flyte"}:
+        reporters: Any = self.report_to  # now a list
+        if missing := set(reporters) - {*installed, "flyte"}:
             raise ValueError(
                 f"--report_to {' '.join(sorted(missing))}: not installed, or not a reporter of transformers. Choose "
                 f"from {', '.join([*installed, 'none'])}."
