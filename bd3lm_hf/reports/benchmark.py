@@ -69,15 +69,10 @@ def build(name: str) -> PreTrainedModel:
     model_class = DECODERS[family] if name != family else DECODERS[family].__bases__[-1]
     fields: dict[str, Any] = {"vocab_size": VOCAB_SIZE if name == "gpt2" else DECODER_VOCAB_SIZE}
     fields |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    sizes: dict[str, Any] = {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-    }
-    # Room for a prompt and 1,024 new tokens.
-    sizes |= {"head_dim": 64, "intermediate_size": 3072, "max_position_embeddings": 2048, "n_positions": 2048}
-    sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "head_dim": 64}
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 12)
+    sizes |= dict.fromkeys(("max_position_embeddings", "n_positions"), 2048)  # a prompt and 1,024 new tokens
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     fields |= {field: value for field, value in sizes.items() if hasattr(model_class.config_class, field)}
     return model_class(model_class.config_class(**fields))
 

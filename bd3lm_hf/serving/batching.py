@@ -413,7 +413,8 @@ def _split_cache(cache: Any, num_rows: int) -> list[_Layers]:
 def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
     """Join rows into one cache; they begin at the columns `starts` and end at the same column."""
     cache = BlockCache(model.config)
-    for index, example in enumerate(max(rows, key=lambda layers: len(layers))):
+    longest: _Layers = max(rows, key=len)
+    for index, example in enumerate(longest):
         nothing = tuple(states[:0] for states in example)  # of a row without a finished block, which has no layers
         of_rows = zip(*(row[index] if row else nothing for row in rows), strict=True)
         # The padding before a row is masked, but must be finite: it enters products.
