@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import losses_of, rows_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter, read_config
+from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter
 from bd3lm_hf.modeling.layers_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.trainer import BD3LMTrainer
@@ -222,14 +222,6 @@ def test_an_adapter_of_another_model_or_a_broken_one_is_refused(tiny_config, sav
 
 
 # Checkpoints
-
-
-def test_the_configuration_can_be_overridden(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    config = read_config(str(tmp_path))
-    assert config.block_size == 4
-    config.block_size = 8
-    assert load_model(str(tmp_path), config=config).config.block_size == 8
 
 
 def test_an_interval_that_the_weights_lack_comes_from_the_configuration(tiny_model, tmp_path):

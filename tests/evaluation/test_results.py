@@ -36,14 +36,6 @@ ROW = (
 )
 
 
-def test_json_contains_the_last_result_and_no_nan(tmp_path):
-    path = tmp_path / "result.json"
-    write_results(path, [RESULT])
-    write_results(path, [{**RESULT, "standard_error": math.nan}])
-    assert json.loads(path.read_text()) == {**RESULT, "standard_error": None}
-    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
 def test_csv_grows_by_a_row_below_one_header(tmp_path):
     path = tmp_path / "results.csv"
     for seed in (1, 2):
