@@ -41,15 +41,10 @@ class EpochOrder(Dataset):
         group_size: examples of one optimizer step, over all processes and accumulated batches.
 
     Raises:
-        ValueError: if the dataset is empty or has no length.
+        ValueError: if the dataset is empty.
     """
 
     def __init__(self, examples: Any, *, seed: int, group_size: int) -> None:
-        if not hasattr(examples, "__len__"):
-            raise ValueError(
-                f"the training data is a {type(examples).__name__} without a length: load it as a map-style dataset, "
-                f"or pass a PackedStream."
-            )
         if not len(examples):
             raise ValueError("the training data has 0 sequences: give more text, or a shorter model_length.")
         self.examples, self.seed, self.group_size, self.epoch = examples, seed, group_size, 0

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hub_server import TOKEN, USER, Fault
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import constants
 from shared_models import JUNK, add_run, make_adapter, special_ids
 from test_cli import assert_refused
 
@@ -135,9 +135,8 @@ def test_a_commit_by_somebody_else_in_the_meantime_is_kept(hub, run_folder, monk
     assert push(run_folder, REPO, license="mit")[0].changed and "theirs.txt" in hub.repos[REPO].files()
 
 
-def test_the_card_is_valid_and_the_model_verifies_and_generates_by_its_name(hub, bd3lm, run_folder, expected):
+def test_the_model_verifies_and_generates_by_its_name(hub, bd3lm, run_folder, expected):
     assert bd3lm("push", run_folder, REPO, "--private")[0] == 0
-    ModelCard(expected["README.md"].decode()).validate()
     code, out, err = bd3lm("verify", REPO)
     assert code == 0 and "intact: " in out and TOKEN not in out + err
     assert bd3lm("verify", f"{USER}/nowhere")[0] == bd3lm("verify", REPO, "--revision", "v9")[0] == 2

@@ -29,9 +29,9 @@ from bd3lm_hf.run_folder import mark_complete
 def written(tmp_path):
     """A function `(folder, **options of read_contents) -> (folder of the repository's files, contents)`."""
 
-    def write(folder, max_shard_size="5GB", **options):
+    def write(folder, **options):
         contents = read_contents(folder, **options)
-        write_contents(contents, folder, tmp_path / "files", max_shard_size=max_shard_size)
+        write_contents(contents, folder, tmp_path / "files")
         return tmp_path / "files", contents
 
     return write
@@ -56,15 +56,6 @@ def test_the_files_of_a_run_are_the_model_and_nothing_else_and_always_the_same(m
     shutil.rmtree(folder)
     again, _ = written(model_folder)
     assert {name: path.read_bytes() for name, path in files_of(again).items()} == content
-
-
-def test_large_weights_are_split_and_load_again(model_folder, written):
-    folder, contents = written(model_folder, max_shard_size="20KB")
-    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-    assert len(shards) > 1 and (folder / "model.safetensors.index.json").is_file()
-    tensors = {name: t for shard in shards for name, t in load_file(folder / shard).items()}
-    state = contents.model.state_dict()
-    assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize(("weights", "shift"), [("auto", 1.0), ("ema", 1.0), ("raw", 0.0)])

@@ -35,10 +35,9 @@ def test_an_epoch_visits_every_row_fills_the_last_step_and_has_its_own_order_and
     assert len(small) == 5 and set(small.permutation(0).tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize(("rows", "message"), [([], "0 sequences"), (iter([{}]), "list_iterator without a length")])
-def test_training_data_must_have_sequences(rows, message):
-    with pytest.raises(ValueError, match=message):
-        EpochOrder(rows, seed=0, group_size=4)
+def test_training_data_must_have_sequences():
+    with pytest.raises(ValueError, match="0 sequences"):
+        EpochOrder([], seed=0, group_size=4)
 
 
 @pytest.fixture

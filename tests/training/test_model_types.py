@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from bd3lm_hf import ARConfig, BD3LMConfig, BD3LMForMaskedLM, MDLMConfig, SEDDConfig
 from bd3lm_hf.training.command_line import parse_arguments
 from bd3lm_hf.training.initial_model import new_config
-from bd3lm_hf.training.train import main, run
+from bd3lm_hf.training.train import main
 
 
 SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
@@ -39,14 +39,6 @@ def test_ignored_fields_are_named(monkeypatch, tmp_path):
     (tmp_path / "own.yaml").write_text("model_type: mdlm\nsampling_eps_min: 0.2\n")
     arguments = parse_arguments([str(tmp_path / "own.yaml"), "--model_type", "mdlm"])
     assert arguments.model.sampling_eps_min == 0.2
-
-
-@pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd"])
-def test_a_block_size_of_the_command_line_is_an_error(model_type, text_file, tmp_path):
-    words = ["--model_type", model_type, "--block_size", "4", "--dataset", str(text_file), "--use_cpu"]
-    with pytest.raises(ValueError, match=f"^block_size=4 does not fit model_type='{model_type}'"):
-        run([*words, "--output_dir", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd"])
