@@ -229,3 +229,10 @@ def test_a_resumed_run_in_bfloat16_repeats_the_uninterrupted_one(make, tmp_path)
     whole = train(tmp_path)
     resumed = train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed[-3:] == pytest.approx(whole[-3:], rel=2e-2)
+
+
+def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite(make):
+    model, (ids, _) = make().train(), batch_of()
+    with torch.no_grad():
+        model.get_output_embeddings().bias[3] = float("nan")
+    assert not torch.isfinite(model(input_ids=ids, labels=ids).loss)
