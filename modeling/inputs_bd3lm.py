@@ -251,9 +251,8 @@ class Layout(NamedTuple):
 
     def repeat_rows(self, times: int) -> "Layout":
         """Return the layout of a batch in which each row is repeated; a field of one row still applies to all."""
-        many = (field is not None and field.shape[0] > 1 for field in self)
-        fields: Any = zip(self, many, strict=True)
-        return Layout(*(f.repeat_interleave(times, dim=0) if m else f for f, m in fields))
+        fields: Any = self
+        return Layout(*(f if f is None or f.shape[0] == 1 else f.repeat_interleave(times, dim=0) for f in fields))
 
 
 def token_layout(

@@ -203,13 +203,14 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             assert input_ids is not None  # checked
             check_positions(position_ids, input_ids.shape)
             check_text(self.config, input_ids, labels, attention_mask)
-            batch = (input_ids, labels, *self._predicted(input_ids, labels, attention_mask, position_ids))
+            layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
             if not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None:
                 # A Trainer's evaluation, which passes the other outputs to `predict` and `compute_metrics`.
-                nll, mask = self._score(*batch)
+                nll, mask = self._score(input_ids, labels, layout, predicted)
                 loss = divide_by_count(nll.sum(), mask.bool(), num_items_in_batch)
                 return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
-            return BD3LMOutput(loss=divide_by_count(self._loss(*batch), batch[-1], num_items_in_batch))
+            total = self._loss(input_ids, labels, layout, predicted)
+            return BD3LMOutput(loss=divide_by_count(total, predicted, num_items_in_batch))
         # slice(0, None) for 0: all positions, as in transformers.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return logits_output(
@@ -237,8 +238,8 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         return chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        text = (request.input_ids, request.labels)
-        return self._score(*text, *self._predicted(*text, request.attention_mask))
+        layout, predicted = self._predicted(request.input_ids, request.labels, request.attention_mask)
+        return self._score(request.input_ids, request.labels, layout, predicted)
 
     def _score(
         self, input_ids: torch.Tensor, labels: torch.Tensor, layout: Layout, predicted: torch.Tensor
