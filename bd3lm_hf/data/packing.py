@@ -149,18 +149,15 @@ def tokenize(
     )
 
 
-def pack_published(
-    documents: Sequence[Sequence[int]], *, length: int, begin: int, end: int, insert_special: bool
-) -> list[list[int]]:
+def pack_published(documents: Sequence[Sequence[int]], layout: PackingLayout) -> list[list[int]]:
     """Pack one batch of documents as the reference implementation does.
 
-    The documents are joined and cut; with `insert_special` each piece has `length - 2` tokens and gets `begin` before
-    it and `end` after it. The batch's incomplete remainder is dropped.
+    The documents are joined and cut, and each piece gets the begin and end of the layout. The batch's incomplete
+    remainder is dropped.
     """
-    body = length - 2 if insert_special else length
     joined = [token for document in documents for token in document]
-    pieces = [joined[start : start + body] for start in range(0, len(joined) - body + 1, body)]
-    return [[begin, *piece, end] for piece in pieces] if insert_special else pieces
+    starts = range(0, len(joined) - layout.body + 1, layout.body)
+    return [[*layout.begin, *joined[start : start + layout.body], *layout.end] for start in starts]
 
 
 def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True) -> float:
@@ -262,9 +259,7 @@ def _pack_published(tokenized: Dataset, layout: PackingLayout, *, num_proc: int 
 
 
 def _published_batch(batch: dict[str, list[list[int]]], *, layout: PackingLayout) -> dict[str, list[Any]]:
-    special = bool(layout.begin)
-    begin, end = (layout.begin[0], layout.end[0]) if special else (0, 0)
-    rows = pack_published(batch["input_ids"], length=layout.length, begin=begin, end=end, insert_special=special)
+    rows = pack_published(batch["input_ids"], layout)
     return {"input_ids": rows, "labels": rows, "attention_mask": [[1] * layout.length for _ in rows]}
 
 

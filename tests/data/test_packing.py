@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from bd3lm_hf.data import packing
-from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack, pack_published, tokenize
+from bd3lm_hf.data.packing import PackingLayout, bytes_per_token, evenly_spaced, pack, pack_published, tokenize
 from bd3lm_hf.tokenization import train_tokenizer
 
 
@@ -44,8 +44,8 @@ def unpacked(packed: Dataset) -> list[int]:
 @pytest.mark.parametrize("case", json.loads((GOLDEN / "packing.json").read_text()))
 def test_published_packing_gives_the_golden_sequences(case: dict) -> None:
     settings = json.loads((GOLDEN / "config.json").read_text())
-    ends = {"begin": settings["bos"], "end": settings["eos"], "insert_special": case["insert_special_tokens"]}
-    rows = pack_published(case["input_ids"], length=settings["block_size"], **ends)
+    ends = [(settings["bos"],), (settings["eos"],)] if case["insert_special_tokens"] else [(), ()]
+    rows = pack_published(case["input_ids"], PackingLayout(settings["block_size"], *ends, padding=0))
     assert rows == case["output_input_ids"]
     assert all(len(row) == case["attention_mask_length"] for row in rows)
 
