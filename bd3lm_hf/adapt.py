@@ -93,7 +93,12 @@ def adapt_decoder(
     loading = {name: process_fields.pop(name) for name in _LOADING if name in process_fields}
     named = isinstance(model_or_name, str)
     argument = f"adapt_decoder({model_or_name!r})" if named else f"adapt_decoder of a {type(model_or_name).__name__}"
-    stock = _stock_config(model_or_name, loading, argument)
+    if named:
+        stock = read_config(model_or_name, argument=argument, **loading)
+    elif hasattr(model_or_name, "config") and hasattr(model_or_name, "get_input_embeddings"):
+        stock = model_or_name.config
+    else:
+        raise ValueError(f"{argument}: give a transformers decoder, its folder or its hub name.")
     model_class = decoder_class(stock, argument)
     own = _tokenizer_of(model_or_name, loading) if named else tokenizer
     tokenizer = own if tokenizer is None else tokenizer
@@ -230,15 +235,6 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> dict
                 if single is not None:
                     found[name if number == 0 else f"{name}[{number}]"] = single
     return found
-
-
-def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) -> Any:
-    if not isinstance(model_or_name, str):
-        config = getattr(model_or_name, "config", None)
-        if config is None or not hasattr(model_or_name, "get_input_embeddings"):
-            raise ValueError(f"{argument}: give a transformers decoder, its folder or its hub name.")
-        return config
-    return read_config(model_or_name, argument=argument, **loading)
 
 
 def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:

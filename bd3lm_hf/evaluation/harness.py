@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from bd3lm_hf.checkpoints import load_model, window_of
+from bd3lm_hf.checkpoints import find_device, load_model, window_of
 from bd3lm_hf.evaluation.perplexity import batch_of, batches_of
 from bd3lm_hf.evaluation.results import weights_digest
 from bd3lm_hf.generation.text_generation import generate_batch
@@ -431,8 +431,7 @@ class BD3LMHarness(TemplateLM):
 
 def _device(name: str | None) -> torch.device:
     """Return the named device, by default a GPU if there is one; the harness's command asks for CUDA regardless."""
-    if torch.cuda.is_available():
-        return torch.device(name or "cuda")
-    if name is not None and name.startswith("cuda"):
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("there is no CUDA device: computing on the CPU")
-    return torch.device("cpu" if name is None or name.startswith("cuda") else name)
+        name = None
+    return find_device(name)
