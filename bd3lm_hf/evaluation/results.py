@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -247,8 +246,6 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:
         if kind not in _WRITERS:
             raise ValueError(f"--output {path}: the name of a result must end in one of {', '.join(_WRITERS)}.")
         check_output_file(path, "--output", is_ours=_is_result if kind == ".json" else None, overwrite=overwrite)
-        if path.exists() and not os.access(path, os.W_OK):
-            raise ValueError(f"--output {path} cannot be written: no permission.")
         if kind == ".csv" and path.exists() and path.stat().st_size:
             with path.open(encoding="utf-8", errors="replace", newline="") as file:
                 head = next(csv.reader(file), [])

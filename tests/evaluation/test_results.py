@@ -102,7 +102,7 @@ def test_a_file_that_could_not_be_written_is_refused(tmp_path, name, message):
 
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bd3lm_hf.evaluation.results.os.access", lambda *arguments: False)
+    monkeypatch.setattr("os.access", lambda *arguments: False)
     with pytest.raises(ValueError, match="--output .*permission"):
         check_outputs([tmp_path / "x.json"])
 
