@@ -5,7 +5,7 @@ python tests/gpu/check.py [--device cuda] [--tiny] [--output DIR] [--only PART .
 Needs torch 2.11 and transformers 5.17 or newer, no installed copy of this package. Each part runs in a process of its
 own with its own time limit, so a failure or a hang never hides the rest. What is not timed runs side by side, while
 the timed parts compile their code; then these are timed one after the other. Results appear as soon as they are known
-in `gpu-check.json` and `gpu-check.md` (tables for BENCHMARKS.md).
+in `gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib, `gpu-check.png`.
 """
 
 import argparse
@@ -230,6 +230,37 @@ def _number(value: float | None, unit: str) -> str:
     return "" if value is None else f"{value:.3g} {unit}".strip()
 
 
+def plot(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the ratios to the rivals as bars and the losses of the runs as curves, where matplotlib is installed."""
+    if measurements.has("matplotlib"):
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ratios = [row for row in rows if row["ratio"] is not None]
+    curves = sorted(settings.output.glob("run-*/training_curve.json"))
+    figure, (bars, losses) = pyplot.subplots(
+        2, figsize=(9, 5 + 0.3 * len(ratios)), height_ratios=(1 + 0.3 * len(ratios), 4), layout="constrained"
+    )
+    bars.barh([row["what"] for row in ratios], [row["ratio"] for row in ratios])
+    bars.axvline(1.0, color="black", linewidth=0.8)
+    bars.invert_yaxis()
+    bars.set_xlabel("ratio to the rival")
+    bars.set_title(str(describe(settings)["device"]))
+    for path in curves:
+        for name, curve in json.loads(path.read_text(encoding="utf-8")).items():
+            if name in ("loss", "eval_loss"):
+                losses.plot(curve["steps"], curve["values"], label=f"{path.parent.name}, {name}")
+    losses.set_xlabel("step")
+    losses.set_ylabel("nats per token")
+    if losses.lines:
+        losses.legend()
+    figure.savefig(settings.output / "gpu-check.png", dpi=120)
+    pyplot.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts and return 0 if all of them ran and every goal was met, else 1."""
     parser = argparse.ArgumentParser(prog="check.py", description=__doc__.splitlines()[0])
@@ -258,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_results(settings, rows)
     rows += growth(rows)
     write_results(settings, rows)
+    plot(settings, rows)
     print(settings.output / "gpu-check.md")
     return int(any(row["met"] is False for row in rows))
 

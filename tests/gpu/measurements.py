@@ -27,7 +27,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
-from bd3lm_hf.modeling.backbone_bd3lm import automatic_attention
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.training.callbacks import peak_tflops_of, training_flops
 
@@ -87,7 +86,8 @@ def bd3lm(settings: Settings, block_size: int = 4, length: int = 1024, **fields:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)  # the zeros of a fresh model would make some products cheaper
-    model.set_attn_implementation(automatic_attention(model.config.head_dim))  # that of training
+    if settings.device == "cuda":
+        model.set_attn_implementation("auto")  # as in training
     return model.to(settings.device)
 
 

@@ -158,6 +158,15 @@ def test_every_sampler_writes_with_every_cache(make, options, cache):
     assert torch.equal(*texts)
 
 
+def test_a_static_cache_gives_the_text_of_a_dynamic_one(make):
+    model, (ids, mask) = make().eval(), batch_of(length=9)
+    options = {"attention_mask": mask, "max_new_tokens": 23, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, cache_implementation="static", **options),
+        model.generate(ids, cache_implementation="dynamic", **options),
+    )
+
+
 @needs_cuda
 def test_a_compiled_step_serves_later_calls_in_the_same_memory(make):
     model, counts = make().eval(), []
