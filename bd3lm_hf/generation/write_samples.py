@@ -96,7 +96,8 @@ def _generate_all(
     prompt_of = dict(enumerate(prompts)) if file is None else file.missing()
     missing, count = list(prompt_of), len(prompts)
     kept = count - len(missing)
-    is_hidden = arguments.stream or len(missing) <= arguments.batch_size
+    # Printing a text shows the bar again, which only a terminal can remove.
+    is_hidden = arguments.stream or len(missing) <= arguments.batch_size or (file is None and not sys.stderr.isatty())
     with progress_bar("generating", count, initial=kept, disable=is_hidden) as bar:
         for begin in range(0, len(missing), arguments.batch_size):
             batch = missing[begin : begin + arguments.batch_size]
