@@ -232,6 +232,7 @@ REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataloader_multiprocessing_context": ((None,), "workers are started in torch's default way"),
     "auto_find_batch_size": ((False,), "another batch size is another run; set --per_device_train_batch_size"),
     "logging_nan_inf_filter": ((False,), "a loss that is not finite stops the run"),
+    "debug": (("", None, []), "a loss that is not finite stops the run; transformers' hooks fail on empty tensors"),
     "enable_jit_checkpoint": ((False,), "--save_on_signal saves a checkpoint when the run is stopped"),
     "do_predict": ((False,), "score a saved model with `bd3lm eval`"),
 }

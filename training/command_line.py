@@ -234,8 +234,7 @@ def write_recipe(arguments: RunArguments, path: str | Path) -> None:
     """Write the fields that were set as a recipe that repeats the run in another folder."""
     left_out = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
     given = {name: value for name, value in arguments.given.items() if name not in left_out}
-    plain = json.loads(json.dumps(given))  # values of enumerations as text
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
     write_atomically(path, f"{RECIPE_HEADER}\n{text}")
 
 

@@ -46,7 +46,7 @@ def test_training_on_cuda_chooses_flex_attention_by_itself(device, model_type, e
 REPLACING = {"label_smoothing_factor": 0.1, "use_liger_kernel": True, "neftune_noise_alpha": 5.0}
 REPLACING |= {"average_tokens_across_devices": False, "train_sampling_strategy": "group_by_length"}
 REPLACING |= {"dataloader_drop_last": True, "bf16_full_eval": True, "batch_eval_metrics": True}
-REPLACING |= {"label_names": ["targets"], "auto_find_batch_size": True}
+REPLACING |= {"label_names": ["targets"], "auto_find_batch_size": True, "debug": "underflow_overflow"}
 
 
 @pytest.mark.parametrize(("field", "value"), REPLACING.items())

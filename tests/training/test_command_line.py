@@ -88,12 +88,11 @@ def test_a_written_recipe_repeats_the_run(recipe, tmp_path):
     given |= {"interval_candidates", "interval_search_widths"}
     text = "max_steps: 7\nhidden_dim: 64\nlr_scheduler_type: cosine\ndropout: 0.0\ninterval_search: true\n"
     text += "eval_strategy: steps\ninterval_candidates: [0.3-0.8, 0.45-0.95]\ninterval_search_widths: [0.5, 0.9]\n"
-    given |= {"debug"}  # a list of enumeration members
-    first = parse_arguments([recipe(text), "--output_dir", "first", "--debug", "underflow_overflow"])
+    first = parse_arguments([recipe(text), "--output_dir", "first"])
     write_recipe(first, tmp_path / "again.yaml")
     second = parse_arguments([str(tmp_path / "again.yaml"), "--output_dir", first.training.output_dir])
     assert (second.model, second.data) == (first.model, first.data)
-    for name in ("max_steps", "learning_rate", "lr_scheduler_type", "report_to", "eval_strategy", "debug"):
+    for name in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "report_to", "eval_strategy"):
         assert getattr(second.training, name) == getattr(first.training, name)
     assert second.training.interval_list(4) == first.training.interval_list(4)
     assert len(first.training.interval_list(4)) == 1 + 11 + 3
