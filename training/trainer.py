@@ -1,14 +1,13 @@
 """`BD3LMTrainer`: transformers' Trainer for models with the methods `token_nll` and `generate`.
 
 It adds noise that does not depend on the layout of a run, stopping when a number is no longer finite or a signal
-arrives, checkpoints that appear only when they are complete, exact resuming, and uploads of nothing but the model. The
-average of the weights is in `ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
+arrives, checkpoints that appear only when they are complete, and exact resuming. The average of the weights is in
+`ema.py`, evaluation by likelihood in `evaluating_trainer.py`, uploads are in `uploads.py`.
 """
 
 import json
 import math
 import signal
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, seed_worker
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
-from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.evaluation.results import config_identity, data_identity, tokenizer_identity
-from bd3lm_hf.hub_upload.push import push_saved_folder
 from bd3lm_hf.modeling.inputs_bd3lm import check_labels, check_text
 from bd3lm_hf.run_folder import (
     check_same_run,
@@ -64,6 +60,7 @@ from bd3lm_hf.training.examples import (
     PaddingCollator,
 )
 from bd3lm_hf.training.interval import check_searchable
+from bd3lm_hf.training.uploads import UploadingTrainer
 
 
 logger = logging.get_logger("bd3lm_hf.train")
@@ -85,23 +82,19 @@ class TrainingDivergedError(NotFiniteError):
     """A loss or a gradient is no longer a finite number."""
 
 
-class BD3LMTrainer(EvaluatingTrainer):
+class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
     the seed and the global batch only. The arguments are those of transformers' `Trainer` and of
-    [`EvaluatingTrainer`]; `args` is a [`BD3LMTrainingArguments`]. With `args.push_to_hub` it uploads the same files as
-    `bd3lm push`, where transformers would upload the whole output folder, with pickled arguments.
+    [`EvaluatingTrainer`]; `args` is a [`BD3LMTrainingArguments`].
 
     Raises:
         ValueError: if the model has no `token_nll` or no `generate`, has non-finite weights, or the loss or the labels
-            would not be the model's own (`compute_loss_func`, a collator with `mlm=True`), or if `args.push_to_hub` is
-            set for an adapter on a model that is not on the Hub.
+            would not be the model's own (`compute_loss_func`, a collator with `mlm=True`).
     """
 
     data_collator: Any
-    hub_model_id: Any
-    push_in_progress: Any
 
     def __init__(
         self,
@@ -121,8 +114,6 @@ class BD3LMTrainer(EvaluatingTrainer):
             if not hasattr(model, name):
                 raise ValueError(f"a {type(model).__name__} has no `{name}`: train a language model of this package.")
         check_finite_weights(model, "the model to train")
-        if args is not None and args.push_to_hub:
-            _check_base(model)
         if args is not None and args.interval_search:
             check_searchable(model, args.interval_list(model.config.block_size))
         pad_token_id = model.config.pad_token_id
@@ -429,83 +420,7 @@ class BD3LMTrainer(EvaluatingTrainer):
             clear_staging(folder)
         self.accelerator.wait_for_everyone()
 
-    # Uploads
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the model and upload it as `bd3lm push` does, in one commit.
-
-        Args:
-            kwargs: `language`, `license` and `tags` of the model card.
-
-        Returns:
-            The URL of the commit or, if not `blocking`, a future whose result has it as `url`; None in all but the
-            main process.
-
-        Raises:
-            OSError: if the Hub or the network failed.
-            RuntimeError: if the saved folder does not load without bd3lm_hf.
-        """
-        if self.hub_model_id is None:
-            if private is not None:
-                self.args.hub_private_repo = private  # earlier versions of transformers read it only from here
-            self.init_hf_repo(token=token)
-        self.write_model(self.args.output_dir)
-        options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
-        tags = kwargs.get("tags") or []
-        options |= {"tags": [tags] if isinstance(tags, str) else tags, "background": not blocking, "token": token}
-        return self.upload_model(commit_message, revision=revision or self.args.hub_revision, **options)
-
-    def upload_model(self, message: str | None, **options: Any) -> Any:
-        """Upload the output folder in the main process; arguments and errors as in `push_saved_folder`."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        options.setdefault("revision", self.args.hub_revision)
-        return push_saved_folder(self.args.output_dir, self.hub_model_id, commit_message=message, **options)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer also calls this for the staging folder, which is gone before an upload is done.
-        if self._staging or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        # One upload at a time, unless hub_always_push asks for every checkpoint.
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        options: dict[str, Any] = {"revision": self.args.hub_revision, "background": True}
-        try:
-            job = push_saved_folder(checkpoint_folder, self.hub_model_id, commit_message=message, **options)
-        except (OSError, ValueError, RuntimeError) as error:  # must not end the run
-            logger.warning(f"{checkpoint_folder} was not uploaded: {error}")
-            return
-        job.add_done_callback(_log_failure)
-        if busy:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers passes lists too
-
-
-def _check_base(model: Any) -> None:
-    """Refuse to train an adapter that could not be uploaded because its base model is a local folder."""
-    for config in getattr(model, "peft_config", {}).values():
-        base = str(config.base_model_name_or_path)
-        if is_local(base):
-            raise ValueError(
-                f"--push_to_hub: the base of this adapter is the local folder {base}, which others cannot load. Leave "
-                f"the argument out, push the base, and then the adapter with `bd3lm push --base-model`."
-            )
-
-
-def _log_failure(job: Future) -> None:
-    if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"an upload in the background failed: {error}")
+        if not self._staging:
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -16,8 +16,7 @@ from bd3lm_hf.checkpoints import add_adapters
 from bd3lm_hf.hub_upload import repo_files
 from bd3lm_hf.hub_upload.push import dry_run
 from bd3lm_hf.hub_upload.repo_files import files_of
-from bd3lm_hf.training import train
-from bd3lm_hf.training import trainer as trainer_module
+from bd3lm_hf.training import train, uploads
 
 
 REPO = f"{USER}/model"
@@ -94,7 +93,7 @@ def test_a_checkpoint_is_skipped_while_an_upload_is_in_progress(hub, uploading_t
 
 def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, uploading_trainer, monkeypatch):
     warnings: queue.Queue[str] = queue.Queue()  # the thread of an upload warns once its job has ended
-    monkeypatch.setattr(trainer_module.logger, "warning", warnings.put)
+    monkeypatch.setattr(uploads.logger, "warning", warnings.put)
     hub.faults.append(Fault("POST", "/commit/", 503))
     trainer = uploading_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
@@ -103,7 +102,7 @@ def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, u
     assert "an upload in the background failed" in warning and REPO in warning
     with pytest.raises(OSError, match=REPO):
         trainer.save_model()
-    monkeypatch.setattr(trainer_module, "push_saved_folder", Mock(side_effect=RuntimeError("no")))
+    monkeypatch.setattr(uploads, "push_saved_folder", Mock(side_effect=RuntimeError("no")))
     uploading_trainer(save_strategy="steps", save_steps=1, overwrite_output_dir=True).train()
     assert "checkpoint-1 was not uploaded: no" in warnings.get(timeout=30)
 
