@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import is_deepspeed_available, parse_flag_from_env
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -285,6 +285,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_refused()
+        if self.deepspeed is not None and not is_deepspeed_available():
+            raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         check_minimum(self, 1, *batches)
         if self.block_size_schedule is not None:

@@ -189,7 +189,7 @@ SEARCH = ["--interval_search", "true", "--eval_strategy", "steps"]
         (["--interval_candidates", "0.3-0.8"], "--interval_candidates.*--interval_search true"),
         (["--save_strategy", "no", "--save_steps", "5"], "--save_steps 5.*--save_strategy"),
         (["--eval_strategy", "no", "--eval_steps", "5"], "--eval_steps 5.*--eval_strategy"),
-        (["--deepspeed", "config.json"], "deepspeed"),
+        (["--deepspeed", "config.json"], "--deepspeed.*pip install deepspeed"),
     ],
 )
 def test_values_that_cannot_work_or_have_no_effect_are_refused(words, value):
