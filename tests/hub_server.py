@@ -147,8 +147,7 @@ class HubServer:
 
     # The pages; `repo` and the other arguments come from the address
 
-    def create(self, query: dict, body: bytes, authorized: bool) -> Answer:
-        _login(authorized)
+    def create(self, query: dict, body: bytes) -> Answer:
         sent = json.loads(body)
         name = f"{sent.get('organization') or USER}/{sent['name']}"
         if name in self.repos:
@@ -157,31 +156,29 @@ class HubServer:
         self.repos[name].add("main", {".gitattributes": Blob(b"*.safetensors filter=lfs", False)}, {"summary": ""})
         return as_json({"url": f"{self.endpoint}/{name}", "name": name, "id": name})
 
-    def validate_yaml(self, query: dict, body: bytes, authorized: bool) -> Answer:
+    def validate_yaml(self, query: dict, body: bytes) -> Answer:
         return as_json({"errors": [], "warnings": []})
 
-    def info(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str = "main") -> Answer:
-        oid, files = self._repository(repo, authorized).at(revision)
+    def info(self, query: dict, body: bytes, repo: str, revision: str = "main") -> Answer:
+        oid, files = self._repository(repo).at(revision)
         siblings = [{"rfilename": path} for path in sorted(files)]
         return as_json({"id": repo, "modelId": repo, "sha": oid, "private": False, "tags": [], "siblings": siblings})
 
-    def tree(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str, folder: str = "") -> Answer:
-        files = self._repository(repo, authorized).at(revision)[1]
+    def tree(self, query: dict, body: bytes, repo: str, revision: str, folder: str = "") -> Answer:
+        files = self._repository(repo).at(revision)[1]
         inside = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
         if not inside:
             raise Refusal(404, "no such folder", "EntryNotFound")
         entries = [{"type": "file", "path": p, "size": len(files[p].content), "oid": files[p].git_oid} for p in inside]
         return as_json(entries)
 
-    def branch(self, query: dict, body: bytes, authorized: bool, repo: str, branch: str) -> Answer:
-        _login(authorized)
-        found = self._repository(repo, authorized)
+    def branch(self, query: dict, body: bytes, repo: str, branch: str) -> Answer:
+        found = self._repository(repo)
         found.branches[branch] = found.branches["main"]
         return as_json({})
 
-    def preupload(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str) -> Answer:
-        _login(authorized)
-        files = self._repository(repo, authorized).at(revision)[1]
+    def preupload(self, query: dict, body: bytes, repo: str, revision: str) -> Answer:
+        files = self._repository(repo).at(revision)[1]
         modes = []
         for sent in json.loads(body)["files"]:
             known, large = files.get(sent["path"]), any(fnmatch(sent["path"], pattern) for pattern in LARGE)
@@ -190,9 +187,8 @@ class HubServer:
             modes.append({"path": sent["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return as_json({"files": modes})
 
-    def commit(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str) -> Answer:
-        _login(authorized)
-        found = self._repository(repo, authorized)
+    def commit(self, query: dict, body: bytes, repo: str, revision: str) -> Answer:
+        found = self._repository(repo)
         header, *lines = (json.loads(line) for line in body.splitlines())
         parent, files = found.at(revision)
         if header["value"].get("parentCommit", parent) != parent:
@@ -211,8 +207,7 @@ class HubServer:
         done = {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
         return as_json({**done, "pullRequestUrl": f"{self.endpoint}/{repo}/discussions/1" if pull else None})
 
-    def batch(self, query: dict, body: bytes, authorized: bool, repo: str) -> Answer:
-        _login(authorized)
+    def batch(self, query: dict, body: bytes, repo: str) -> Answer:
         answers = []
         for sent in json.loads(body)["objects"]:
             actions = {"upload": {"href": f"{self.endpoint}/lfs/{sent['oid']}"}}
@@ -220,38 +215,32 @@ class HubServer:
             answers.append({"oid": sent["oid"], "size": sent["size"], **({} if known else {"actions": actions})})
         return as_json({"transfer": "basic", "objects": answers})
 
-    def store(self, query: dict, body: bytes, authorized: bool, oid: str) -> Answer:
+    def store(self, query: dict, body: bytes, oid: str) -> Answer:
         assert hashlib.sha256(body).hexdigest() == oid
         self.objects[oid] = body
         return as_json({})
 
-    def resolve(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str, path: str) -> Answer:
-        oid, files = self._repository(repo, authorized).at(revision)
+    def resolve(self, query: dict, body: bytes, repo: str, revision: str, path: str) -> Answer:
+        oid, files = self._repository(repo).at(revision)
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         blob = files[path]
         etag = blob.sha256 if blob.large else blob.git_oid
         return 200, blob.content, {"X-Repo-Commit": oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
 
-    def _repository(self, repo: str, authorized: bool) -> Repository:
-        found = self.repos.get(repo)
-        if found is None or (found.private and not authorized):
-            raise Refusal(404 if authorized else 401, "Repository not found", "RepoNotFound")
-        return found
+    def _repository(self, repo: str) -> Repository:
+        if repo not in self.repos:
+            raise Refusal(404, "Repository not found", "RepoNotFound")
+        return self.repos[repo]
 
-    def answer(self, method: str, url: str, body: bytes, authorized: bool) -> Answer:
+    def answer(self, method: str, url: str, body: bytes) -> Answer:
         """Answer a request by the page of its address."""
         parts = urlsplit(url)
         for methods, pattern, page in PAGES:
             if method in methods and (found := re.fullmatch(pattern, parts.path)):
                 groups = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
-                return page(self, parse_qs(parts.query), body, authorized, **groups)
+                return page(self, parse_qs(parts.query), body, **groups)
         raise Refusal(404, f"no such page: {method} {parts.path}")
-
-
-def _login(authorized: bool) -> None:
-    if not authorized:
-        raise Refusal(401, "Invalid credentials in Authorization header")
 
 
 _REPO, _REVISION = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
@@ -278,10 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent: the requests are recorded."""
 
     def do_GET(self) -> None:
-        body = self._body()
-        bearer = self.headers.get("Authorization")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub.lock:
-            status, content, headers = self._answer(body, bearer)
+            status, content, headers = self._answer(body)
             shown = {name.lower(): value.replace(TOKEN, "***") for name, value in self.headers.items()}
             self.hub.requests.append(Request(self.command, self.path, shown, status))
         if status == 0:
@@ -296,27 +284,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_GET
 
-    def _answer(self, body: bytes, bearer: str | None) -> Answer:
+    def _answer(self, body: bytes) -> Answer:
         faults = (f.status for f in self.hub.faults if f.method == self.command and re.search(f.path, self.path))
         status = next(faults, None)
         try:
             if status:
                 raise Refusal(status, "made to fail")
-            if bearer not in (None, f"Bearer {TOKEN}"):
+            # The addresses of large files need no token, and no other request comes without one.
+            if not self.path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 raise Refusal(401, "Invalid credentials in Authorization header")
-            answer = self.hub.answer(self.command, self.path, body, bearer is not None)
+            answer = self.hub.answer(self.command, self.path, body)
             return answer if status is None else (0, b"", {})
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
             status, content, kind = as_json({"error": str(refusal)}, refusal.status)
             return status, content, {**kind, **headers, "X-Error-Message": str(refusal)}
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        pieces = []
-        while size := int(self.rfile.readline(), 16):
-            pieces.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(pieces)
