@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,26 +53,20 @@ class MoveInterval(TrainerCallback):
         model.sampling_eps_max.fill_(1 - 0.01 * state.global_step)
 
 
-class FullDisk(TrainerCallback):
-    """Stands in for a full disk, with the system's own errors: files cannot grow beyond some bytes after step 4."""
+class AfterStep(TrainerCallback):
+    """Calls a function with the model after a step."""
 
-    def __init__(self, file_bytes: int) -> None:
-        self.file_bytes = file_bytes
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, resource.RLIM_INFINITY))
-
-
-class Poison(TrainerCallback):
-    """Puts NaN into the weights of this process."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, call: Callable[[torch.nn.Module], None]) -> None:
+        self.step, self.call = step, call
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
-            next(model.parameters()).data.fill_(float("nan"))
+            self.call(model)
+
+
+def poison(model: torch.nn.Module) -> None:
+    """Put NaN into weights."""
+    next(model.parameters()).data.fill_(float("nan"))
 
 
 def make_trainer(folder: Path, **arguments) -> BD3LMTrainer:
@@ -134,9 +129,11 @@ def train(folder: Path, kill: dict, **arguments) -> None:
     checkpoint = last_complete_checkpoint(folder)
     trainer = make_trainer(folder, **arguments)
     if "file_bytes" in kill:
-        trainer.add_callback(FullDisk(kill["file_bytes"]))
+        # As on a full disk, with the system's own errors, files cannot grow.
+        limits = (kill["file_bytes"], resource.RLIM_INFINITY)
+        trainer.add_callback(AfterStep(4, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, limits)))
     if "nan_after" in kill and kill["process"] == process:
-        trainer.add_callback(Poison(kill["nan_after"]))
+        trainer.add_callback(AfterStep(kill["nan_after"], poison))
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except (SaveError, TrainingDivergedError) as error:

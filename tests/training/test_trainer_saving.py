@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from kill_driver import Poison
+from kill_driver import AfterStep, poison
 from tiny_runs import assert_same_weights, losses_of, trained
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,7 +57,7 @@ def test_signals_are_left_alone_on_request(make_trainer):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=5, save_strategy="steps", save_steps=2)
-    trainer.add_callback(Poison(3))
+    trainer.add_callback(AfterStep(3, poison))
     message = "the loss is NaN or infinite at step 4: .*last good checkpoint is .*checkpoint-2.* --learning_rate"
     with pytest.raises(TrainingDivergedError, match=message):
         trainer.train()
