@@ -64,15 +64,6 @@ def test_a_new_or_empty_folder_is_free_and_a_file_or_a_foreign_folder_is_refused
         check_output_dir(tmp_path / "thesis.tex")
 
 
-def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
-    (tmp_path / RECIPE_NAME).write_text("dataset: python-docs\n")
-    (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
-        check_output_dir(tmp_path)
-    clear_output_dir(tmp_path)
-    assert (tmp_path / "checkpoint-7").is_dir()
-
-
 @pytest.mark.parametrize(
     ("leave", "message"),
     [
@@ -108,6 +99,11 @@ def test_clearing_removes_checkpoints_of_our_runs_only(tmp_path):
     clear_output_dir(tmp_path)
     assert (tmp_path / "checkpoint-7").is_dir()  # no recipe: not ours
     assert not (tmp_path / STAGING_NAME).exists()
+    (tmp_path / RECIPE_NAME).write_text("dataset: python-docs\n")
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        check_output_dir(tmp_path)
+    clear_output_dir(tmp_path)
+    assert (tmp_path / "checkpoint-7").is_dir()  # the user's own recipe
     (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     clear_output_dir(tmp_path)
     assert not (tmp_path / "checkpoint-7").exists()

@@ -68,19 +68,13 @@ def test_end_tokens_fill_the_last_block_and_are_learned_there(encode, tiny_token
         assert row["input_ids"][used:] == row["labels"][used:] == [tiny_tokenizer.eos_token_id] * ends
 
 
-def test_an_empty_prompt_becomes_the_begin_token(encode, tiny_tokenizer) -> None:
-    (row,) = encode(("", "text"))
-    assert row["input_ids"][0] == tiny_tokenizer.bos_token_id
-    assert given(tiny_tokenizer, row) == "<bos>"
-
-
-def test_rows_are_encoded_again_after_a_change_of_the_special_tokens(tmp_path: Path, tiny_tokenizer) -> None:
+def test_an_empty_prompt_becomes_the_begin_token_also_after_its_change(tmp_path: Path, tiny_tokenizer) -> None:
     Dataset.from_dict({"prompt": [""], "completion": ["text"]}).save_to_disk(str(tmp_path))
     rows = Dataset.load_from_disk(str(tmp_path))
     for token in ("<bos>", "<eos>"):
         tiny_tokenizer.bos_token = token
         (row,) = encode_rows(rows, PromptCompletion(), tiny_tokenizer, length=64, block_size=4)
-        assert row["input_ids"][0] == tiny_tokenizer.bos_token_id
+        assert (row["input_ids"][0], row["labels"][0]) == (tiny_tokenizer.bos_token_id, -100)
 
 
 def test_names_of_control_tokens_in_data_are_text(encode, tiny_tokenizer) -> None:

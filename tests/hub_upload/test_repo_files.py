@@ -191,14 +191,6 @@ def test_a_new_folder_replaces_nothing_follows_no_link_and_leaves_nothing_behind
 def test_only_files_that_a_model_needs_are_allowed():
     allowed = ("model-00001-of-00002.safetensors", "modeling_bd3lm.py", "config.json", "chat_template.jinja")
     assert all(map(is_allowed, (*allowed, "README.md", "manifest.json")))
-    secret = (
-        "optimizer.pt",
-        "training_args.bin",
-        ".env",
-        "rng_state.pth",
-        "ema.safetensors",
-        "run.json",
-        "events.out",
-    )
+    secret = ("optimizer.pt", "training_args.bin", ".env", "rng_state.pth", "ema.safetensors", "run.json")
     other = ("events.out", "conftest.py", "sub/modeling_bd3lm.py", "__init__.py", "recipe.yaml", "pytorch_model.bin")
     assert not any(map(is_allowed, (*secret, *other, "sub/config.json")))
