@@ -340,8 +340,6 @@ def test_requests_that_a_model_cannot_serve_are_refused(adapter, tiny_tokenizer,
     lm.model.has_likelihood = False
     message = "a BD3LMForMaskedLM, which has no likelihood: choose tasks whose output_type is generate_until"
     with pytest.raises(ValueError, match=message):
-        score(lm, ("A", " block"))
-    with pytest.raises(ValueError, match=message):
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", "A block")], disable_tqdm=True)
     with pytest.raises(ValueError, match="needs a tokenizer: give it as tokenizer="):
         BD3LMHarness(lm.model)

@@ -87,9 +87,7 @@ def test_names_with_markup_stay_text_in_their_cell(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("result.txt", r"--output .*result.txt: the name of a result must end in one of .json, .csv, .md"),
-        ("result", "the name of a result must end in one of"),
-        ("no/folder/x.json", "--output .*no/folder/x.json"),
+        ("result", "--output .*result: the name of a result must end in one of .json, .csv, .md"),
         ("folder.json", "is a folder: name a file"),
         ("other.csv", "other.csv is a table with other columns: name another file"),
     ],

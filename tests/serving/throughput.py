@@ -1,11 +1,10 @@
 """Measure what a server gains from batching: tokens per second of one client and of several at once.
 
-python tests/serving/throughput.py                       # random weights, 8 layers x 512
-python tests/serving/throughput.py --model bd3lm-demo --clients 1 8 --new-tokens 128
+python tests/serving/throughput.py --layers 4 --width 256 --new-tokens 64
 
-The server is `bd3lm serve` in a process of its own. Every client sends one request after the other. One client and
-several send the same eight prompts of unequal length, as reading a prompt takes time too. The counts of clients are
-measured in turn, and the ratio is that of the medians.
+The server is `bd3lm serve` in a process of its own, with random weights. Every client sends one request after the
+other. One client and several send the same eight prompts of unequal length, as reading a prompt takes time too. The
+counts of clients are measured in turn, and the ratio is that of the medians.
 """
 
 import argparse
@@ -25,20 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 _PROMPTS = 8  # of unequal length
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="folder; by default random weights of --layers x --width are written")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument(
-        "--requests", type=int, default=2, help="of each client per measurement, at least one for each prompt"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    return parser
+_CLIENTS, _REQUESTS = (1, 8), 2
 
 
 def write_model(folder: Path, layers: int, width: int) -> None:
@@ -85,13 +71,13 @@ class Server:
         connection.close()
         return int(answer["usage"]["completion_tokens"])
 
-    def tokens_per_second(self, clients: int, requests: int, new_tokens: int) -> float:
+    def tokens_per_second(self, clients: int, new_tokens: int) -> float:
         def run(number: int) -> int:
             return self.complete("The quick brown fox. " * (1 + number % _PROMPTS), new_tokens, number)
 
         started = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            tokens = sum(pool.map(run, range(max(_PROMPTS, clients * requests))))
+            tokens = sum(pool.map(run, range(max(_PROMPTS, clients * _REQUESTS))))
         return tokens / (time.perf_counter() - started)
 
     def close(self) -> None:
@@ -100,24 +86,26 @@ class Server:
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name, default in (("layers", 8), ("width", 512), ("new-tokens", 96), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            write_model(Path(folder), arguments.layers, arguments.width)
-        server = Server(arguments.model or folder)
+        write_model(Path(folder), arguments.layers, arguments.width)
+        server = Server(folder)
         try:
-            server.tokens_per_second(1, 1, 16)  # warm up
-            speeds: dict[int, list[float]] = {clients: [] for clients in arguments.clients}
+            server.tokens_per_second(1, 16)  # warm up
+            speeds: dict[int, list[float]] = {clients: [] for clients in _CLIENTS}
             for _ in range(arguments.repeats):
                 for clients, found in speeds.items():
-                    found.append(server.tokens_per_second(clients, arguments.requests, arguments.new_tokens))
+                    found.append(server.tokens_per_second(clients, arguments.new_tokens))
         finally:
             server.close()
-    base = statistics.median(speeds[arguments.clients[0]])
+    base = statistics.median(speeds[1])
     for clients, found in speeds.items():
         middle = statistics.median(found)
         spread = ", ".join(f"{speed:.1f}" for speed in sorted(found))
-        print(f"{clients} clients: {middle:.1f} tokens/s ({spread}), {middle / base:.2f} times {arguments.clients[0]}")
+        print(f"{clients} clients: {middle:.1f} tokens/s ({spread}), {middle / base:.2f} times 1")
 
 
 if __name__ == "__main__":

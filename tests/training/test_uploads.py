@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 from hub_server import TOKEN, USER, Fault
 from shared_models import special_ids, tiny_bd3lm
+from tiny_runs import save_recipe
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf import BD3LMForMaskedLM
@@ -137,16 +138,14 @@ def test_tokens_as_arguments_and_uploads_of_whole_checkpoints_are_refused(upload
     assert (value in str(caught.value)) is (name == "hub_strategy")
 
 
-def test_a_run_ends_with_an_upload_of_its_results(hub, text_file, tmp_path, caplog):
+def test_a_run_ends_with_an_upload_of_its_results(hub, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
-    options = "--max_steps 1 --block_size 4 --model_length 16 --hidden_dim 16 --n_blocks 1 --n_heads 2 --cond_dim 8"
-    options += " --vocab_size 270 --max_eval_samples 2 --per_device_train_batch_size 2 --eval_strategy no"
-    options += " --sample_tokens 0 --report_to none --final_estimator stratified --warmup_steps 0"
-    place = ["--output_dir", str(tmp_path / "run"), "--dataset", str(text_file), "--use_cpu", "true"]
-    train.run([*options.split(), *place, "--push_to_hub", "true", "--hub_model_id", REPO])
+    hub_fields = {"push_to_hub": True, "hub_model_id": REPO}
+    recipe = save_recipe(tmp_path, max_steps=1, output_dir=str(tmp_path / "run"), use_cpu=True, **hub_fields)
+    train.run([str(recipe)])
     assert messages(hub)[-1] == "End of training"
     card = hub.repos[REPO].files()["README.md"].decode()
-    assert "after training" in card and "text.txt" in card and str(tmp_path) not in card
+    assert "after training" in card and "text.jsonl" in card and str(tmp_path) not in card
     assert TOKEN not in caplog.text
     for path in Path(tmp_path / "run").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
