@@ -297,18 +297,6 @@ def test_parameters_are_counted_with_and_without_the_embedding_table(tiny_model)
     assert trained == tiny_model.num_parameters(only_trainable=True, exclude_embeddings=True)
 
 
-def test_input_and_output_embeddings_are_the_models_own_and_untied(tiny_model):
-    assert tiny_model.get_input_embeddings() is tiny_model.backbone.vocab_embed
-    assert tiny_model.get_output_embeddings() is tiny_model.backbone.output_layer.linear
-    head, table = tiny_model.get_output_embeddings(), torch.nn.Embedding(48, 32)
-    tiny_model.set_input_embeddings(table)
-    assert tiny_model.backbone.get_input_embeddings() is table
-    assert tiny_model.get_output_embeddings() is head
-    other = torch.nn.Linear(32, 48)
-    tiny_model.set_output_embeddings(other)
-    assert tiny_model.backbone.output_layer.linear is other
-
-
 # --- The forward pass's arguments ------------------------------------------------------------------------------------
 
 
