@@ -205,7 +205,7 @@ def test_every_family_is_its_own_class_with_the_package_imported(make_speaker, f
     assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
 
 
-def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(folder, monkeypatch):
+def test_a_pipeline_takes_fields_from_the_checkpoint_and_from_its_call_and_adds_no_top_k(folder, monkeypatch):
     write = pipeline("text-generation", model=str(folder))
     prepare, seen = write.model._prepare_generation_config, []
 
@@ -216,7 +216,9 @@ def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(fold
 
     monkeypatch.setattr(write.model, "_prepare_generation_config", watched)
     write("A block is", max_new_tokens=3)
-    assert (seen[0].do_sample, seen[0].nucleus_p, seen[0].top_k) == (True, 0.9, 0)
+    write("A block is", max_new_tokens=3, sampler="confidence")
+    found = [(config.sampler, config.do_sample, config.nucleus_p, config.top_k) for config in seen]
+    assert found == [("first_hitting", True, 0.9, 0), ("confidence", True, 0.9, 0)]
 
 
 def test_simplex_diffusion_has_its_own_choices_on_the_command_line(make_folder, bd3lm):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from decoders import tiny_decoder
 from generating import make_family
-from shared_models import special_ids, tiny_bd3lm, tiny_ssdlm
-from transformers import AutoModelForMaskedLM, GenerationConfig, pipeline
+from shared_models import tiny_ssdlm
+from transformers import AutoModelForMaskedLM, GenerationConfig
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
@@ -80,23 +80,6 @@ def test_all_config_fields_are_arguments_of_from_pretrained(tiny_model, tmp_path
     assert not hasattr(loaded.generation_config, "block_size")
     with pytest.raises(TypeError, match="samplr"):
         BD3LMForMaskedLM.from_pretrained(tmp_path, samplr="confidence")
-
-
-def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_tokenizer):
-    ids = {**special_ids(tiny_tokenizer), "eos_token_id": None}
-    model = tiny_bd3lm(vocab_size=len(tiny_tokenizer), **ids)
-    model.generation_config.sampler, model.generation_config.confidence_threshold = "confidence", 0.0
-    passes = []
-    run = model.backbone.run
-    model.backbone.run = lambda *args, **kwargs: passes.append(1) or run(*args, **kwargs)
-    write = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)
-    prompt = "A block"
-    count = 16 - len(tiny_tokenizer(prompt).input_ids)
-    write(prompt, max_new_tokens=count)
-    assert count == 11 and len(passes) == 3
-    passes.clear()
-    write(prompt, max_new_tokens=count, sampler="first_hitting")
-    assert len(passes) == 11
 
 
 @pytest.mark.parametrize(

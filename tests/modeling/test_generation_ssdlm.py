@@ -232,16 +232,6 @@ def test_processors_constrain_tokens_and_see_the_text_to_the_left(model, project
     assert output.sequences[1, 2:].tolist() == list(range(21, 31))
 
 
-def test_transformers_own_constraints_hold(model):
-    free = generate(model, PROMPT).sequences[0, 5:]
-    banned = generate(model, PROMPT, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
-    assert int(free[0]) not in banned.tolist()
-    text = generate(model, PROMPT, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
-    assert len(set(text[5:])) == 14
-    allowed = generate(model, PROMPT, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
-    assert allowed.sequences[0, 5:].tolist() == [(x % 40 + 3) for x in allowed.sequences[0, 4:-1].tolist()]
-
-
 def test_special_tokens_are_tokens_like_others_and_processors_that_leave_none_are_refused(model):
     text = generate(model, torch.tensor([[3, 47]]), logits_processor=[Only(2, 47)]).sequences[0].tolist()
     assert text[:2] == [3, 47] and set(text[2:]) == {2, 47}

@@ -313,20 +313,9 @@ def test_embeddings_a_tuple_and_an_unused_noise_level_give_the_same_logits(tiny_
         assert torch.equal(tiny_model(ids, timesteps=torch.tensor([0.1, 3.0])).logits, output.logits)
 
 
-def test_a_time_conditioned_model_reads_the_noise_level_of_each_row():
-    model = tiny_bd3lm(time_conditioning=True)
-    ids = random_ids(2, 8)
-    x_t = some_masked(ids)
-    with torch.no_grad():
-        both = model(input_ids=x_t, clean_input_ids=ids, timesteps=torch.tensor([0.1, 3.0])).logits
-        for row, sigma in enumerate((0.1, 3.0)):
-            one = slice(row, row + 1)
-            alone = model(input_ids=x_t[one], clean_input_ids=ids[one], timesteps=torch.tensor([sigma])).logits
-            torch.testing.assert_close(both[one], alone, rtol=0, atol=1e-5)
-        other = model(input_ids=x_t, clean_input_ids=ids, timesteps=torch.tensor([3.0, 0.1])).logits
-    assert (both - other).abs().max() > 1e-3
+def test_a_time_conditioned_model_needs_noise_levels():
     with pytest.raises(ValueError, match="time_conditioning=True: pass timesteps, the noise levels sigma"):
-        model(ids)
+        tiny_bd3lm(time_conditioning=True)(random_ids(2, 8))
 
 
 def test_dropout_is_active_in_training_only():
