@@ -307,11 +307,8 @@ def test_a_damaged_model_is_refused_or_works(bd3lm, world, pristine, damage):
         words = rng.choice(USES)
         print(words)
         code = run_and_check(bd3lm, world, words, before, {"fresh-folder"})
-        assert code or not has_secret(world / "fresh-folder")
+        made = [path for path in (world / "fresh-folder").rglob("*") if path.is_file()]
+        assert code or not any(SECRET in path.read_text(errors="replace") for path in made)
         shutil.rmtree(world / "fresh-folder", ignore_errors=True)
         shutil.rmtree(world / "model")
         shutil.copytree(pristine / "model", world / "model")
-
-
-def has_secret(folder: Path) -> bool:
-    return any(SECRET in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())

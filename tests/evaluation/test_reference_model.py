@@ -56,18 +56,6 @@ def test_a_model_scores_itself_exactly_up_to_blocks_of_8():
         assert (judge.estimator, judge.num_samples) == (estimator, 8)
 
 
-def test_any_causal_model_can_be_a_judge():
-    model = tiny_gpt2()
-    texts = [GeneratedText([0, 5, 6, 7], 1), GeneratedText([0, 300, 12, 9, 10], 3)]
-    scores = ReferenceModel(model).score(texts, seed=0, batch_size=2)
-    assert [score.num_tokens for score in scores] == [3, 2]
-    for text, score in zip(texts, scores, strict=True):
-        ids = torch.tensor([text.ids])
-        labels = torch.tensor([[-100] * text.num_given + text.ids[text.num_given :]])
-        expected = model(input_ids=ids, labels=labels).loss.item() * score.num_tokens
-        assert score.nll == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
     judge = ReferenceModel(tiny_gpt2(), retokenize=(tiny_tokenizer, tiny_tokenizer))
     ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]

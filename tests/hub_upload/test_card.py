@@ -91,15 +91,6 @@ def test_learned_intervals_and_raw_and_averaged_weights_are_named(card, model_fo
     assert table_of(card(decay=0.9))["weights"] == ["exponential moving average, decay 0.9"]
 
 
-def test_the_snippets_print_text_and_nats(card, model_folder):
-    found = snippets(card())
-    assert len(found) == 3 and all("me/my-model" in snippet for snippet in found)
-    (text,), (texts,), (nats,) = (run_snippet(snippet, model_folder) for snippet in found)
-    assert text.startswith("The") and len(text) > len("The")
-    assert texts[0].startswith("The") and texts[1].startswith("Once upon a time")
-    assert 0 < nats < 40  # untrained, one draw of noise without a seed
-
-
 def test_without_a_tokenizer_the_snippets_take_token_ids(card, model_folder):
     found = snippets(card(tokenizer=False))
     assert len(found) == 3 and "okenizer" not in "".join(found)
@@ -115,7 +106,9 @@ def test_the_card_of_an_adapter_names_its_base(card, model_folder, tmp_path):
     count = sum(p.numel() for name, p in read_contents(folder).model.named_parameters() if "lora_" in name)
     assert table_of(made)["parameters of the adapter"] == [f"{count:,}"]
     (text,), (texts,), (nats,) = (run_snippet(snippet, folder) for snippet in snippets(made))
-    assert text.startswith("The") and len(texts) == 2 and nats > 0
+    assert text.startswith("The") and len(text) > len("The")
+    assert texts[0].startswith("The") and texts[1].startswith("Once upon a time")
+    assert 0 < nats < 40  # hardly trained, one draw of noise without a seed
 
 
 def test_only_a_bound_is_called_a_bound(tmp_path, card):

@@ -101,20 +101,14 @@ def test_the_published_size_has_the_published_number_of_parameters():
 # --- Initialisation --------------------------------------------------------------------------------------------------
 
 
-def zero_layers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if "adaLN_modulation" in name or "output_layer.linear" in name
-    }
-
-
 def assert_published_initialisation(model: torch.nn.Module, part: str = "") -> None:
-    assert len(zero_layers(model)) == 2 * (model.config.n_blocks + 2)
+    names = [name for name, _ in model.named_parameters()]
+    zero = [name for name in names if "adaLN_modulation" in name or "output_layer.linear" in name]
+    assert len(zero) == 2 * (model.config.n_blocks + 2)
     for name, parameter in model.named_parameters():
         if part not in name:
             continue
-        if name in zero_layers(model):
+        if name in zero:
             assert not parameter.any(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name

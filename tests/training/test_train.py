@@ -284,18 +284,10 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     assert message in lines[-1] and not any("Traceback" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
-        (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=40).save_pretrained(x), "mask_token_id is 40"),
-        (changed_weights(lambda w: w[HEAD].fill_(torch.nan)), f"values of {HEAD} in .* are NaN"),
-    ],
-)
-def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path, damage, message):
+def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path):
     checkpoint = shutil.copytree(trained[1], tmp_path / "checkpoint")
-    damage(checkpoint)
-    with pytest.raises(ValueError, match=message):
+    changed_weights(lambda w: w[HEAD].fill_(torch.nan))(checkpoint)
+    with pytest.raises(ValueError, match=f"values of {HEAD} in .* are NaN"):
         run(["--init_from", str(checkpoint), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
