@@ -72,10 +72,10 @@ def random_ids(rows: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tens
     return torch.randint(3, MASK - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def masked(ids: torch.Tensor, probability: float = 0.5, seed: int = 1) -> torch.Tensor:
+def masked(ids: torch.Tensor, seed: int = 1) -> torch.Tensor:
     """Return tokens with some masked."""
     uniform = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-    return ids.masked_fill(uniform < probability, MASK)
+    return ids.masked_fill(uniform < 0.5, MASK)
 
 
 def _randomize(model: Any) -> Any:

@@ -69,16 +69,14 @@ def draw_published(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor
     return (weights / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
 
 
-def published_length(
-    input_ids: torch.Tensor, *, entropy: float = 4.0, window: int = 256, eos_token_id: int | None = None
-) -> torch.Tensor:
+def published_length(input_ids: torch.Tensor, *, eos_token_id: int | None = None) -> torch.Tensor:
     """Tokens `(batch,)` that the published sampler keeps of each row `(batch, length)`, without padding.
 
-    A degenerate row loses its last `window` tokens. Otherwise, with `eos_token_id`, it ends at its second end token.
+    A degenerate row loses its last 256 tokens. Otherwise, with `eos_token_id`, it ends at its second end token.
     """
     batch, length = input_ids.shape
     kept = torch.full((batch,), length)
     if eos_token_id is not None:
         second = (input_ids == eos_token_id).cumsum(dim=1) >= 2
         kept -= (second.sum(dim=1) - 1).clamp(min=0)
-    return torch.where(EntropyStopCriteria(entropy, window)(input_ids, None), length - window, kept)
+    return torch.where(EntropyStopCriteria(4.0)(input_ids, None), length - 256, kept)

@@ -38,7 +38,7 @@ REFUSED = {
     "bos_is_mask": ({"bos_token_id": 50257}, "bos_token_id=50257"),
     "eos_is_mask": ({"eos_token_id": 7, "mask_token_id": 7}, "eos_token_id=7"),
     "one_eos_is_mask": ({"eos_token_id": [3, 7], "mask_token_id": 7}, r"eos_token_id=\[3, 7\]"),
-    "unknown_schedule": ({"noise": "linear"}, "noise='linear'"),
+    "unknown_schedule": ({"noise": "linear"}, "noise='linear'.* loglinear, square"),
     "dropout_of_one": ({"dropout": 1.0}, r"dropout=1\.0"),
     "negative_dropout": ({"dropout": -0.1}, r"dropout=-0\.1"),
     "reversed_interval": (
@@ -51,7 +51,7 @@ REFUSED = {
     "interval_that_is_no_number": ({"sampling_eps_min": float("nan")}, "sampling_eps_min=nan"),
     "unreachable_interval": (
         {"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7},
-        r"the interval \[0\.55, 0\.7\]",
+        r"the interval \[0\.55, 0\.7\] contains no mask rate k / 4: widen it, or set resample=False",
     ),
     "unknown_stratification": ({"antithetic_sampling": True}, "antithetic_sampling=True"),
     "causal_with_clean_stream": ({"causal": True}, "causal=True"),

@@ -81,17 +81,6 @@ def test_the_clean_stream_enters_the_network_once_for_all_samples(tiny_model):
     assert seen == [2 * (1 + 3) * 16]
 
 
-def test_samples_of_a_time_conditioned_model_cannot_share_a_clean_stream():
-    model = tiny_bd3lm(time_conditioning=True).train()
-    ids = random_ids(2, 8)
-    message = "noise_draws=2 needs time_conditioning=False: .*the clean stream.*Set noise_draws=1"
-    with pytest.raises(ValueError, match=message):
-        model(input_ids=ids, labels=ids, **noise_of(model, ids, 2)._asdict())
-    model.config.noise_draws = 2
-    with pytest.raises(ValueError, match=message):
-        model(input_ids=ids, labels=ids)
-
-
 # --- Texts of one block ----------------------------------------------------------------------------------------------
 
 
