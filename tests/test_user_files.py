@@ -88,10 +88,9 @@ import os, sys, time
 sys.path.insert(0, sys.argv[2])  # without the package, whose import takes seconds
 from user_files import lock_output
 with lock_output(sys.argv[1], "--output"):
-    worker = os.fork()
-    if not worker:  # like the worker of a data loader
+    if not os.fork():  # like the worker of a data loader, which lets go of the lock before it does anything else
+        print("locked", os.getpid(), flush=True)
         time.sleep(600)
-    print("locked", worker, flush=True)
     sys.stdin.read()
 """
 
