@@ -200,9 +200,8 @@ def _kind(content: Any) -> str | None:
         is_comparison = bool(content) and all(isinstance(row, dict) and row.keys() >= _COMPARED for row in content)
         return "comparisons" if is_comparison else None
     fields = content.keys() if isinstance(content, dict) else set()
-    if "suite" in fields and not isinstance(content.get("results"), list):
-        return None
-    return next((kind for kind, known in _KINDS.items() if known <= fields), None)
+    kind = next((kind for kind, known in _KINDS.items() if known <= fields), None)
+    return None if kind == "suites" and not isinstance(content["results"], list) else kind
 
 
 def read_run(folder: Path) -> Run:

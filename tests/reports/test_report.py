@@ -55,6 +55,7 @@ def point(sampler: str, setting: dict, speed: float, perplexity: float) -> dict:
 
 
 EVALUATION = {"model": "models/tiny", "dataset": "wikitext", "split": "test", "seed": 3, "num_samples": 4}
+EVALUATION |= {"suite": None}  # as `bd3lm eval` writes it
 EVALUATION |= {"estimator": "stratified", "nll": 3.2, "perplexity": 24.5, "standard_error": 0.01, "num_tokens": 1000}
 EVALUATION |= {"num_sequences": 50, "bits_per_byte": None, "data_sha256": "0123456789abcdef"}
 QUALITY = {
