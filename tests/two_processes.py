@@ -149,7 +149,7 @@ def scores(model: BD3LMForMaskedLM) -> torch.Tensor:
 
 
 def refusal(rank: int) -> str:
-    """What both processes say of a number that is not finite in the part of one."""
+    """Return the error that every process raises when the part of one holds a NaN."""
     model = tiny_model()
     shard_by_hand(model, *model.backbone.blocks, model.get_output_embeddings())
     local_part(model.backbone.blocks[0].attn_qkv.weight)[0, 0] = float("nan" if rank else 1.0)
